@@ -238,9 +238,14 @@ class Run:
         """auto, if the column's method has not the precision that all columns share, as first-order methods have no compensated
         weights. What the column itself says comes after it."""
         from metazo.optimizers.registry import method
+        from metazo.step.precision import PRECISIONS
 
+        wanted = grid.config.get("precision", "auto")
         known = method(self.column.optimizer).precisions if self.column.trains else ()
-        return {"precision": "auto"} if known and grid.config.get("precision", "auto") not in known else {}
+        if not known or wanted in known:
+            return {}
+        # what is no precision of any method is refused as any wrong value is
+        return {"precision": "auto"} if wanted in PRECISIONS else {}
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from metazo.errors import UserError
 from metazo.io.processes import gathered, rank, world
@@ -44,24 +45,48 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """A copy of nested mappings, lists, tuples and dataclasses, of their own types, with `change` of each tensor."""
-    if isinstance(value, MutableMapping) or (is_dataclass(value) and not isinstance(value, type)):
-        mapping = isinstance(value, Mapping)
+    return _Copier(change).of(value)
+
+
+class _Copier:
+    """Copies nested containers; one that contains itself, as a tree whose members know their parent, does so in the copy."""
+
+    def __init__(self, change: Callable[[Tensor], Any]):
+        self.change = change
+        self.made: dict[int, Any] = {}  # copies of mutable containers, by the id of the original
+
+    def of(self, value: Any) -> Any:
+        if id(value) in self.made:
+            return self.made[id(value)]
+        if isinstance(value, MutableMapping) or (is_dataclass(value) and not isinstance(value, type)):
+            return self._filled(value, isinstance(value, Mapping))
+        if isinstance(value, Mapping):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, PackedSequence):  # whose batch_sizes stay on the CPU
+            order = (None if each is None else self.change(each) for each in value[2:])
+            return PackedSequence(self.change(value.data), value.batch_sizes, *order)
+        if isinstance(value, list | tuple):
+            items = [self.of(item) for item in value]
+            try:
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            except TypeError:  # a constructor with other arguments
+                return value
+        return self.change(value) if isinstance(value, Tensor) else value
+
+    def _filled(self, value: Any, mapping: bool) -> Any:
         try:
             copied: Any = copy(value)
         except Exception:  # some dicts whose entries are attributes
             copied = dict(value) if mapping else value
-        entries = value.items() if mapping else [(each.name, getattr(value, each.name)) for each in fields(value)]
-        for key, item in list(entries):
-            if (new := _with_tensors(item, change)) is not item:
+        if mapping and not isinstance(value, dict) and not hasattr(type(value), "__copy__"):
+            inner = getattr(copied, "__dict__", {})  # the entries of a mapping around a dict, which both share so far
+            inner.update((name, copy(item)) for name, item in list(inner.items()) if isinstance(item, dict | list))
+        self.made[id(value)] = copied
+        names = () if mapping else [each.name for each in fields(value) if hasattr(value, each.name)]
+        for key, item in list(value.items()) if mapping else [(name, getattr(value, name)) for name in names]:
+            if (new := self.of(item)) is not item:
                 copied.__setitem__(key, new) if mapping else object.__setattr__(copied, key, new)
         return copied
-    if isinstance(value, Mapping):
-        return {key: _with_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_with_tensors(item, change) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(item, change) for item in value)
-    return change(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,17 @@ def free_memory(device: torch.device) -> int:
     for folder, most, taken, cache in _GROUPS:
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             limit, used = (int(Path(folder, name).read_text(encoding="utf-8")) for name in (most, taken))
-            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text(encoding="utf-8").splitlines())
-            free.append(max(0, limit - used + int(stat.get(cache, 0))))
+            free.append(max(0, limit - used + _cached(Path(folder, "memory.stat"), cache)))
     return min(free)
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Bytes of the line of this name in memory.stat; 0 if there is none."""
+    with suppress(OSError, ValueError):
+        for line in stat.read_text(encoding="utf-8").splitlines():
+            if line.split()[:1] == [name]:
+                return int(line.split()[1])
+    return 0
 
 
 def size(count: float) -> str:

@@ -262,6 +262,8 @@ def test_a_shared_precision_that_a_method_has_not_is_auto_for_it(tmp_path):
     ]
     assert found == ["compensated-16", "auto", "compensated-16", "master"]
     examine(grid(tmp_path, columns=["first-order-adamw"], config=SMALL | config))
+    with pytest.raises(UserError, match="Column 'first-order-adamw': `precision` is 'nonsense'"):
+        examine(grid(tmp_path, columns=["first-order-adamw"], config=SMALL | {"precision": "nonsense"}))
     with pytest.raises(UserError, match="Column 'own' .*compensated-16' is none of first-order-adamw's"):
         named[0]["options"] = {"precision": "compensated-16"}
         examine(grid(tmp_path, columns=named, config=SMALL | {"dtype": "bfloat16"}, reference="mezo"))

@@ -43,6 +43,8 @@ V1 = {
         ("sys/fs/cgroup", V2, 15_100_000),
         ("sys/fs/cgroup", V2 | {"memory.max": "max"}, None),
         ("sys/fs/cgroup", V2 | {"memory.stat": "anon 400000\n"}, 100_000),
+        ("sys/fs/cgroup", {name: text for name, text in V2.items() if name != "memory.stat"}, 100_000),
+        ("sys/fs/cgroup", V2 | {"memory.stat": "\nodd line of words\ninactive_file 15000000\n"}, 15_100_000),
         ("sys/fs/cgroup/memory", V1, 7_000_000),
         ("sys/fs/cgroup/memory", V1 | {"memory.limit_in_bytes": "9223372036854771712"}, None),
     ],
