@@ -53,11 +53,12 @@ class _Copier:
 
     def __init__(self, change: Callable[[Tensor], Any]):
         self.change = change
-        self.made: dict[int, Any] = {}  # copies of mutable containers, by the id of the original
+        # (original, copy) of containers by the id of the original, which lives as long as its id is here
+        self.made: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any) -> Any:
         if id(value) in self.made:
-            return self.made[id(value)]
+            return self.made[id(value)][1]
         if isinstance(value, MutableMapping) or (is_dataclass(value) and not isinstance(value, type)):
             return self._filled(value, isinstance(value, Mapping))
         if isinstance(value, Mapping):
@@ -81,7 +82,7 @@ class _Copier:
         if mapping and not isinstance(value, dict) and not hasattr(type(value), "__copy__"):
             inner = getattr(copied, "__dict__", {})  # the entries of a mapping around a dict, which both share so far
             inner.update((name, copy(item)) for name, item in list(inner.items()) if isinstance(item, dict | list))
-        self.made[id(value)] = copied
+        self.made[id(value)] = value, copied
         names = () if mapping else [each.name for each in fields(value) if hasattr(value, each.name)]
         for key, item in list(value.items()) if mapping else [(name, getattr(value, name)) for name in names]:
             if (new := self.of(item)) is not item:

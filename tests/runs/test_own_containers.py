@@ -83,3 +83,16 @@ def test_the_sizes_of_a_packed_sequence_stay_on_the_cpu() -> None:
     assert isinstance(made, PackedSequence) and made.data.is_meta and made.batch_sizes.device.type == "cpu"
     again = copied(packed)
     assert torch.equal(again.data, packed.data) and again.data is not packed.data
+
+
+class Fresh(Around):
+    """Makes its entries anew at each look, so that an address may be used twice."""
+
+    def __getitem__(self, key: str) -> Any:
+        return {"x": self.entries[key]}
+
+
+def test_entries_that_are_made_at_each_look_are_told_apart() -> None:
+    batch = Fresh({str(k): torch.full((1,), float(k)) for k in range(50)})
+    made = copied(batch)
+    assert [int(made.entries[str(k)]["x"]) for k in range(50)] == list(range(50))
