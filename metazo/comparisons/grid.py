@@ -242,10 +242,8 @@ class Run:
 
         wanted = grid.config.get("precision", "auto")
         known = method(self.column.optimizer).precisions if self.column.trains else ()
-        if not known or wanted in known:
-            return {}
         # what is no precision of any method is refused as any wrong value is
-        return {"precision": "auto"} if wanted in PRECISIONS else {}
+        return {"precision": "auto"} if known and wanted not in known and wanted in PRECISIONS else {}
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"

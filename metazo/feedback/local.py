@@ -56,9 +56,8 @@ class LocalGradient:
         self.recorder = Recorder(residual, names, min(inside), recompute)
         self.narrow = recompute  # run blocks at the last position alone if error is only there
         self.at_last = False  # whether the block that ran last did so
-        self.changing: dict[
-            tuple[int, ...], Changed
-        ] = {}  # buffers that a run changes, by block and the modes of its modules
+        # buffers that a run changes, by block and the modes of its modules
+        self.changing: dict[tuple[int, ...], Changed] = {}
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Loss, delta and recorded blocks: one forward pass per closure and a backward pass through the tail."""

@@ -16,17 +16,40 @@ Changed = list[tuple[nn.Module, str]]
 """Buffers by module and name."""
 
 
+class _Copy:
+    """A buffer of a module and the numbers in it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.numbers, self.version = buffer, buffer.detach().clone(), _version(buffer)
+
+    @torch.no_grad()
+    def put_back(self, part: nn.Module, name: str) -> bool:
+        """Returns: whether it was exchanged or written to, also with the numbers that it had."""
+        exchanged, differs = part._buffers.get(name) is not self.buffer, not torch.equal(self.buffer, self.numbers)
+        written = _version(self.buffer) != self.version
+        if exchanged:
+            part._buffers[name] = self.buffer
+        if differs:
+            self.buffer.data.copy_(
+                self.numbers
+            )  # which is no change for a graph that holds it: it has these numbers again
+        return exchanged or differs or written
+
+
 @contextmanager
 def buffers_kept(modules: Iterable[nn.Module] | None = None, only: Changed | None = None) -> Iterator[Changed]:
     """Put back the buffers of these modules as they were before; of a module with one that changed, its other attributes too.
 
-    Args: modules: without them, those that run meanwhile, with their parts; only: the buffers that can change, if that is
-        known from an earlier call. Yields a list of the buffers that did, which is filled at the end.
+    Args: modules: without them, those that run meanwhile, with their parts; only: the buffers that can change, as an earlier
+        call found them. Yields a list of them, which is filled at the end: all of a module one of whose buffers was exchanged
+        or written to.
     What is changed within an attribute that is no buffer is not seen. Memory: a copy of the buffers that can change, but for
     those of more than LARGE whole numbers.
+    Do not give `only` for modules that write to buffers in some passes alone, such as every tenth: what the earlier call did
+    not see changes is not put back.
     """
     seen = set[int]()
-    kept: list[tuple[nn.Module, dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = []
+    kept: list[tuple[nn.Module, dict[str, Any], dict[str, _Copy]]] = []
     changed: Changed = []
     wanted = None if only is None else {(id(part), name) for part, name in only}
 
@@ -35,11 +58,11 @@ def buffers_kept(modules: Iterable[nn.Module] | None = None, only: Changed | Non
             if id(part) in seen:
                 continue
             seen.add(id(part))
-            held = {name: it for name, it in part._buffers.items() if it is not None and _can_change(it)}
-            if wanted is not None:
-                held = {name: it for name, it in held.items() if (id(part), name) in wanted}
-            if held:
-                copies = {name: (it, it.detach().clone()) for name, it in held.items()}
+            names = [name for name, it in part._buffers.items() if it is not None and _can_change(it)]
+            copies = {
+                name: _Copy(part._buffers[name]) for name in names if wanted is None or (id(part), name) in wanted
+            }
+            if copies:
                 kept.append((part, dict(vars(part)), copies))
 
     hook = None
@@ -53,24 +76,18 @@ def buffers_kept(modules: Iterable[nn.Module] | None = None, only: Changed | Non
         if hook is not None:
             hook.remove()
         for part, attributes, copies in kept:
-            differ = [name for name, (buffer, copy) in copies.items() if _put_back(part, name, buffer, copy)]
-            changed += [(part, name) for name in differ]
-            if differ:  # such as the length for which a table was made
-                now = vars(part)
-                for name in now.keys() - attributes.keys():
-                    del now[name]
-                now.update((name, value) for name, value in attributes.items() if now.get(name) is not value)
+            if not any([copy.put_back(part, name) for name, copy in copies.items()]):
+                continue
+            changed += [(part, name) for name in copies]
+            now = vars(part)  # such as the length for which a table was made
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update((name, value) for name, value in attributes.items() if now.get(name) is not value)
 
 
-@torch.no_grad()
-def _put_back(part: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> bool:
-    """Returns: whether the buffer was another one."""
-    exchanged, differs = part._buffers.get(name) is not buffer, not torch.equal(buffer, copy)
-    if exchanged:
-        part._buffers[name] = buffer
-    if differs:
-        buffer.data.copy_(copy)  # which is no change for a graph that holds it: it has these numbers again
-    return exchanged or differs
+def _version(buffer: Tensor) -> int:
+    """Returns: how often it was written to, which torch does not count if it was made in inference mode."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _can_change(buffer: Tensor) -> bool:

@@ -72,6 +72,30 @@ def test_what_is_known_to_stay_is_not_copied() -> None:
     assert norm.num_batches_tracked == 1 and (norm.running_mean != 0).all()
 
 
+def test_statistics_that_stay_the_same_in_one_pass_are_known_to_change() -> None:
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.fill_(1), norm.running_var.fill_(0)
+    with buffers_kept(norm.modules()) as changed:
+        norm(torch.ones(5, 4))  # the mean and variance that the statistics have
+    assert {name for _, name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    with buffers_kept(norm.modules(), changed):
+        norm(torch.randn(5, 4))
+    assert torch.equal(norm.running_mean, torch.ones(4)) and norm.num_batches_tracked == 0
+
+
+def test_a_buffer_written_to_with_its_own_numbers_is_known_to_change() -> None:
+    module = nn.Module()
+    module.register_buffer("largest", torch.ones(2))
+    with torch.inference_mode():
+        module.register_buffer("made_in_inference_mode", torch.ones(2))
+    with buffers_kept([module]) as changed:
+        torch.maximum(module.largest, torch.zeros(2), out=module.largest)
+    assert {name for _, name in changed} == {"largest", "made_in_inference_mode"}
+    with buffers_kept([module], changed):
+        torch.maximum(module.largest, torch.full((2,), 3.0), out=module.largest)
+    assert torch.equal(module.largest, torch.ones(2))
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
