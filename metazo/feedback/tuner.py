@@ -135,12 +135,15 @@ def describe(model: nn.Module, base_model: str, **facts: Any) -> FeedbackInfo:
 
 def block_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Names within the list of blocks, and shapes, of all tensors of the blocks; peft's adapters are left out."""
-    residual = find_residual(model)
-    prefix = f"{residual.path}."
-    named = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    return [(name, tuple(tensor.shape)) for name, tensor in block_tensors(model)]
+
+
+def block_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """As `block_shapes`, with the tensors themselves."""
+    prefix = f"{find_residual(model).path}."
     return [
-        (name.removeprefix(prefix).replace(".base_layer.", "."), shape)
-        for name, shape in named
+        (name.removeprefix(prefix).replace(".base_layer.", "."), parameter)
+        for name, parameter in model.named_parameters()
         if name.startswith(prefix) and not any(part in name for part in _ADAPTERS)
     ]
 

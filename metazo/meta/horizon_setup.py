@@ -20,6 +20,7 @@ from metazo.meta.journal import STILL, still
 from metazo.meta.loading import load_base, prepare_task, resolve_tasks, rows_of
 from metazo.meta.trial import check_file
 from metazo.models.heads import Prototypes
+from metazo.models.identity import BASE
 from metazo.models.load import LoadedModel
 from metazo.models.select import select_trainable
 from metazo.models.sentence import SentenceClassifier
@@ -175,6 +176,6 @@ def _info(config: HorizonConfig, loaded: LoadedModel, blocks: list[Block], recip
         parametrisation="rms_exp",
         bound=config.bound,
         normalise=config.normalise,
-        recipe=recipe,
+        recipe=recipe | ({BASE: loaded.base_weights} if loaded.base_weights else {}),
         metazo_version=metazo.__version__,
     )

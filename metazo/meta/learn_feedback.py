@@ -36,6 +36,7 @@ from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.meta.loading import resolve_tasks
 from metazo.meta.trial import check_file, check_name
+from metazo.models.identity import BASE, block_weights
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.interrupt import ends_at_once
 from metazo.runs.locate import CONFIG
@@ -96,6 +97,8 @@ def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
     info = describe(loaded.model, loaded.name)
     losses, source, count = _losses(config, loaded, device, console)
     info.recipe = {"learn": "feedback", **config.recipe(), "texts": count, "source": source}
+    if (weights := block_weights(loaded.model)) is not None:
+        info.recipe[BASE] = weights
     _check_file(config, info, stream_width(loaded.model.eval(), losses[0]))
     if console is not None:
         console.print(f"Fitting maps of {len(info.blocks) - 1} blocks on {count:,} texts of {source}.", soft_wrap=True)

@@ -10,6 +10,7 @@ import torch
 from metazo.errors import UserError
 from metazo.meta.config import ScaleConfig
 from metazo.meta.trial import check_name
+from metazo.models.identity import block_weights
 from metazo.models.load import MADE, LoadedModel, load_model
 from metazo.tasks import Prepared, Task, prepare, resolve
 from metazo.tasks.data import DEFAULTS
@@ -31,6 +32,7 @@ def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, 
             "(`objective='horizon'` with `head='phrases'`)."
         )
     check_name(loaded.name)
+    loaded.base_weights = block_weights(loaded.model)  # before a teacher or a run moves them
     return loaded
 
 

@@ -20,6 +20,7 @@ from metazo.meta.path import Online
 from metazo.meta.reset import Start
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
 from metazo.meta.trial import check_file
+from metazo.models.identity import BASE
 from metazo.models.load import LoadedModel
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted
@@ -159,6 +160,6 @@ def _info(config: MetaConfig, loaded: LoadedModel, blocks: list[BlockSpec], reci
         bound=config.bound,
         normalise=config.normalise,
         embedding_count=config.embedding_count,
-        recipe=recipe,
+        recipe=recipe | ({BASE: loaded.base_weights} if loaded.base_weights else {}),
         metazo_version=metazo.__version__,
     )

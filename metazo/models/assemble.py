@@ -24,10 +24,10 @@ from metazo.models.adapters import (
 )
 from metazo.models.checks import ENDINGS, check_config, check_float64, check_padding
 from metazo.models.compressed import decompress, saved_quantised
-from metazo.models.describe import BASE, RECORD, describe
+from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.fetch import of_commit
-from metazo.models.identity import base_weights, check_base
+from metazo.models.identity import BASE, base_weights, check_base
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
 from metazo.models.quantize import QUANTISED, keep_unpacked, quantised, remember_stored, repeated
 from metazo.models.select import select_trainable

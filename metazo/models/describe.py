@@ -9,6 +9,7 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import is_name, is_plain
+from metazo.models.identity import BASE
 from metazo.models.load import LoadedModel
 
 with needs("llm"):
@@ -19,8 +20,6 @@ EARLIER = "earlier"
 """In the record in a config: the records of the trainings before the last one, the latest first."""
 RECORD = "metazo.json"
 """File beside LoRA adapters, whose own files have no place for the record."""
-BASE = "base_weights"
-"""In this file: what identifies the base model (metazo/models/identity.py)."""
 
 
 class AdapterFiles:

@@ -1,4 +1,4 @@
-"""What identifies the base model of adapters: a hash of its weights, written beside them and compared when they are loaded."""
+"""What identifies the base model of adapters, and of a tuner: a hash of its weights, written beside them and compared later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
 
+from torch import nn
+
 from metazo.errors import UserError
+from metazo.feedback.tuner import block_tensors
 from metazo.io.tensorfile import THREADS, weights_hash
 from metazo.models.embedded import ADAPTERS
 from metazo.models.load import LoadedModel
 from metazo.models.parts import divided
 from metazo.models.quantize import heads_of, quantised
 from metazo.models.sentence import SentenceClassifier
+
+BASE = "base_weights"
+"""Key of it in the file beside adapters, and in the recipe of a tuner."""
 
 
 def base_weights(loaded: LoadedModel) -> dict[str, str] | None:
@@ -34,6 +40,22 @@ def base_weights(loaded: LoadedModel) -> dict[str, str] | None:
         rows = set(pool.map(lambda parameter: weights_hash([("", parameter)], at_once=False), kept))
     dtype = str(loaded.dtype).removeprefix("torch.")
     return {"loaded_as": f"{loaded.kind} {dtype}", "sha256": sha256("\n".join(sorted(rows)).encode()).hexdigest()}
+
+
+def block_weights(model: nn.Module) -> dict[str, str] | None:
+    """The dtypes of the weights in a model's list of blocks, and a sha256 over them: by these a tuner knows the model for which
+    it was made, whatever the folder is called, below adapters and under another head too.
+
+    None if the model has no such list (`find_residual`), or if its weights are quantised, divided, or not here.
+    """
+    try:
+        tensors = block_tensors(model)
+    except UserError:
+        return None
+    if divided(model) or quantised(model) or any(tensor.is_meta for _, tensor in tensors):
+        return None
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors})
+    return {"dtype": " ".join(dtypes), "sha256": weights_hash(tensors)}
 
 
 def check_base(known: Any, found: dict[str, str] | None, folder: object, base: str, called: str) -> None:

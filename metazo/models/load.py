@@ -104,7 +104,7 @@ class LoadedModel:
     adapted: tuple[str, str | None] | None = None
     """Name and revision of the base model, if the model is saved adapters on it: what they name when they are saved again."""
     base_weights: dict[str, str] | None = None
-    """What identifies the weights under the adapters (metazo/models/identity.py)."""
+    """What identifies the weights under the adapters, or the base of a tuner (metazo/models/identity.py)."""
     cast: str | None = None
     """The dtype in which a bitsandbytes checkpoint was saved, if `dtype` is another: earlier versions of metazo left it."""
 

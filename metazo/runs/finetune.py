@@ -29,7 +29,7 @@ from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import PATHS, as_begun, from_anywhere
-from metazo.runs.method import auto_tuner, unused
+from metazo.runs.method import unused
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
@@ -38,6 +38,7 @@ from metazo.runs.setup import Setup, set_up
 from metazo.runs.shared import SharedFolder, losses_explained, require_same_run, require_same_setup, run_folder, written
 from metazo.runs.track import Trackers
 from metazo.runs.tuned import WHOLE, Finetuned, Given, Part
+from metazo.runs.tuner_choice import auto_tuner
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.format import STEPS

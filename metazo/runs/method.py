@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import typing
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,17 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import every_tensor, partition
 from metazo.errors import UserError
-from metazo.feedback.tuner import describe
 from metazo.io.files import expanded
 from metazo.io.plain import shown
 from metazo.io.processes import launched
-from metazo.models.assemble import base_of
 from metazo.models.embedded import EMBEDDED
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.locate import log_to_continue
-from metazo.runs.tuner_record import began_with
+from metazo.runs.tuner_choice import tuner_of
 from metazo.settings import MOST, check_flag, check_number
 from metazo.step.rules import named_rule
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
-from metazo.steplog.format import scan
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale, tuner_scale
 
@@ -65,94 +59,6 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
     batch = config.batch_size * config.accumulate
     partial = config.allow_partial
     return tuner_scale(tuner, model.named_parameters(), allow_partial=partial, every=every, batch_size=batch)
-
-
-def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any]) -> Any:
-    """What `tuner` names, read by `load`, or what `auto_tuner` finds: a Tuner, or feedback, whichever the method takes. A run
-    that goes on keeps its tuner, by the hash in its log, if it is in a zoo folder or the cache under that name, whatever the
-    name means now."""
-    if config.tuner == "auto":
-        return _opened(auto_tuner(config, model))
-    name, log = str(config.tuner), log_to_continue(config)
-    if log is not None:
-        known = zoo.tuners(config.zoo, "feedback" if "tuner" in method(config.optimizer).common else "tuner")
-        named = [
-            each
-            for each in known
-            if name in (each.entry.name, each.entry.name.rpartition("/")[0], each.entry.base_model)
-        ]
-        if (then := of_log(scan(log).header, named)[0]) is not None:
-            return _opened(then)
-    return load(name, config.zoo, report=lambda text: None)
-
-
-def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
-    """What `tuner='auto'` takes: the first tuner that fits, of the kind of the method, in its last version. The zoo that `zoo`
-    names comes first, then the user's own, the bundled one and the cache; in each, a tuner of this very model or of the base
-    of its adapters comes before those of others with the same names and shapes. A run that goes on takes the tuner with which
-    it began, by its hash in the log. Raises UserError if none fits, or if that one is gone."""
-    if "tuner" in method(config.optimizer).common:
-        blocks = describe(model, "").fingerprint
-        found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == blocks]
-        what = "feedback for this model's blocks; fit it with metazo meta-train --learn feedback."
-    else:
-        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-        found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
-        found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
-        what = "tuner for this model's tensors; metazo zoo list shows all tuners, and metazo zoo verify those that are damaged."
-    if (log := log_to_continue(config)) is not None:
-        then, refused = of_log(header := scan(log).header, found)
-        if then is None:
-            raise UserError(
-                f"The tuner that `tuner='auto'` took when the run in {config.out} began, with the hash {header.get('tuner')}, "
-                f"was not found in the zoo folders{refused}; publish it there again, or name the folder that has it as `zoo`."
-            )
-        return then
-    if not found:
-        raise UserError(f"`tuner='auto'` found no {what}")
-
-    found = [tuner for tuner in found if (tuner.why, tuner.folder) == (found[0].why, found[0].folder)]
-    if found[0].why == "names":
-        warnings.warn(
-            "`tuner='auto'` takes a tuner whose file has no shapes: it is for a model with the same names of tensors, and may "
-            "be for one of another size. Name the tuner if it is of this model.",
-            stacklevel=2,
-        )
-    own = [tuner for tuner in found if tuner.entry.base_model in _names(config, model)]
-    bases = {(own or found)[0].entry.base_model: None} | {tuner.entry.base_model: None for tuner in found}
-    taken = next(iter(bases))
-    if not own and len(bases) > 1:
-        warnings.warn(
-            f"`tuner='auto'` takes the one for {taken}, and those for {', '.join(list(bases)[1:])} fit as well: "
-            "name the tuner of the model from which this one was derived.",
-            stacklevel=2,
-        )
-    return zoo.latest([tuner for tuner in found if tuner.entry.base_model == taken])
-
-
-def _names(config: FinetuneConfig, model: nn.Module) -> set[str]:
-    """What a zoo may call a model: the name or folder that was given, or the base of its adapters."""
-    name = config.model
-    if name.startswith("memory:"):
-        source = getattr(getattr(model, "config", None), "_name_or_path", "")
-        name = next((name for name, folder in EMBEDDED.items() if str(folder) == source), source)
-    return {name := base_of(name, config.revision)[0], zoo.zoo_base(name)} if name else set()
-
-
-def of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> tuple[zoo.Found | None, str]:
-    """Which of these tuners is the one of the run with this header; if none is, why one of them was refused, in brackets."""
-    refused = ""
-    for found in known:
-        try:
-            if began_with(header, _opened(found)):
-                return found, ""
-        except UserError as error:  # a damaged one, perhaps of another model
-            refused = f" (one there was refused: {error})"
-    return None, refused
-
-
-def _opened(found: zoo.Found) -> Any:
-    return zoo.opened(found, report=lambda text: None)
 
 
 def _seed(spec: str) -> int:

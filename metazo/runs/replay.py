@@ -40,12 +40,13 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
 from metazo.runs.inputs import architecture, tokenizer_hash, tokenizing
-from metazo.runs.method import build_optimizer, of_log, resolve_device
+from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.optimizer_record import RATES, optimizer_record
 from metazo.runs.own import StateFile
 from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
+from metazo.runs.tuner_choice import of_log
 from metazo.runs.tuner_record import networks_record, tuner_hash
 from metazo.runs.verify import distance, end_of, environment_changes, replayable_header
 from metazo.settings import as_path, build, check_path

@@ -8,21 +8,24 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.terminal import Console
+from metazo.models.identity import BASE, block_weights
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
-from metazo.runs.method import auto_tuner, tuner_of
+from metazo.runs.tuner_choice import auto_tuner, tuner_of
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
 from metazo.tuner.networks import PertNN
@@ -132,14 +135,60 @@ def test_auto_takes_the_tuner_of_this_very_model(published, tmp_path, optimizer)
     model, folder = load_model("pico").model, tmp_path / "zoo"
     tuner = Tuner.load(next(published.rglob("tuner.safetensors")))
     for base in ("stranger", "pico", "another"):
-        zoo.push(replace(tuner, info=replace(tuner.info, base_model=base)), folder)
+        zoo.push(replace(tuner, info=replace(tuner.info, base_model=base, recipe={})), folder)
         pushed_feedback(model, base, folder, 0.1)
     config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=folder, optimizer=optimizer)
     assert auto_tuner(config, model).entry.base_model == "pico"
     given = replace(config, model="memory:LlamaForCausalLM")
     assert auto_tuner(given, load_model("pico").model).entry.base_model == "pico"
-    with pytest.warns(UserWarning, match="takes the one for stranger, and those for pico, another fit as well"):
+    with pytest.warns(UserWarning, match="takes stranger/.*v1, and pico/.*v1, another/.*v1 fit as well"):
         assert auto_tuner(replace(config, model=str(tmp_path)), model).entry.base_model == "stranger"
+
+
+@pytest.mark.parametrize("optimizer", ["zo-finetuner", "feedback"])
+def test_auto_tells_models_of_one_name_apart_by_their_weights(published, tmp_path, optimizer):
+    """Two models of one architecture that both lie in a folder called `checkpoint-500`."""
+    tuner, models = Tuner.load(next(published.rglob("tuner.safetensors"))), []
+    assert tuner.info.recipe[BASE] == block_weights(load_model("pico").model)
+    for place in range(3):
+        models.append(load_model("pico").model)
+        models[-1].model.layers[0].mlp.up_proj.weight.data += place
+    for place in (1, 0):
+        recipe = {BASE: block_weights(models[place])}
+        feedback = zoo.load_feedback(
+            pushed_feedback(models[place], "pico", tmp_path / "made", place), tmp_path / "made"
+        )
+        for item in (tuner, feedback):
+            zoo.push(
+                replace(item, info=replace(item.info, base_model="checkpoint-500", recipe=recipe)), tmp_path / "zoo"
+            )
+    model = str(tmp_path / "checkpoint-500")
+    config = FinetuneConfig(
+        model, "pico_topic", out=tmp_path / "run", tuner="auto", zoo=tmp_path / "zoo", optimizer=optimizer
+    )
+    for place, version in ((0, "v2"), (1, "v1")):
+        assert auto_tuner(config, models[place]).entry.name.endswith(version)
+        adapted = get_peft_model(models[place], LoraConfig(target_modules=["q_proj"]))
+        if optimizer == "feedback":  # of which adapters of the blocks have their own names
+            assert auto_tuner(config, adapted).entry.name.endswith(version)
+        adapted.unload()
+    with pytest.warns(UserWarning, match="takes checkpoint-500/.*v1, and checkpoint-500/.*v2 fit as well"):
+        auto_tuner(config, models[2])
+    models[0].bfloat16()  # in which nothing can be compared, and both have the name
+    with pytest.warns(UserWarning, match="takes checkpoint-500/.*v2, and checkpoint-500/.*v1 fit as well"):
+        assert auto_tuner(config, models[0]).entry.name.endswith("v2")
+
+
+def test_auto_takes_a_tuner_without_a_hash_for_one_of_the_same_base(published, tmp_path):
+    """An earlier version of metazo wrote the first of two versions, and no hash."""
+    tuner, model = Tuner.load(next(published.rglob("tuner.safetensors"))), load_model("pico").model
+    for recipe in ({}, tuner.info.recipe):
+        zoo.push(replace(tuner, info=replace(tuner.info, recipe=recipe)), tmp_path / "zoo")
+    config = FinetuneConfig("derived", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=tmp_path / "zoo")
+    model.model.layers[0].mlp.up_proj.weight.data += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert auto_tuner(config, model).entry.name == "pico/v2"
 
 
 def test_the_last_version_is_the_one_of_the_highest_number(published, tmp_path):
