@@ -211,6 +211,8 @@ OPTIMIZERS: dict[str, type[Method]] = {}
 """Methods that evaluate the loss along directions: subclasses of ZOOptimizer."""
 OFFICIAL: dict[type[Method], type[Method]] = {}
 """The class of a method's published code with its faults, by the method's class."""
+_ENTRIES: set[str] = set()
+"""Modules and files of METAZO_METHODS that were imported, or are being imported."""
 
 M = TypeVar("M", bound=type[Method])
 
@@ -219,6 +221,10 @@ def register(cls: M) -> M:
     """Class decorator: make the method available by its name. Raises UserError for a name that is missing or taken, and for a
     constructor that does not take the settings of every run.
     """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UserError(
+            "`register` stands alone above the class of a method, whose name is the class's attribute `name`."
+        )
     other = METHODS.get(cls.name)
     if cls.name in ("", "base"):
         raise UserError(f"{cls.__name__} has no name; give the class an attribute `name`.")
@@ -263,10 +269,18 @@ def _load_folder() -> None:
         table.update(ordered)
 
 
-@cache
 def _load_entries(entries: str) -> None:
-    for entry in filter(None, entries.split(",")):
-        load_entry(entry.strip())
+    for entry in filter(None, (part.strip() for part in entries.split(","))):
+        if entry in _ENTRIES:
+            continue
+        _ENTRIES.add(
+            entry
+        )  # before it is imported, because its own code may ask for the methods, as `metazo.MeZO` does
+        try:
+            load_entry(entry)
+        except BaseException:
+            _ENTRIES.discard(entry)
+            raise
 
 
 def load_entry(entry: str) -> None:

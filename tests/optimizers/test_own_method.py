@@ -292,6 +292,24 @@ def test_a_module_that_fails_is_said_to_fail_in_its_own_line(tmp_path, monkeypat
             registry.load_entry(name)
 
 
+def test_its_base_may_be_named_as_in_a_script(tmp_path, monkeypatch):
+    """`metazo.MeZO` asks for all methods while the file that METAZO_METHODS names is imported."""
+    text = "import metazo\nfrom metazo.optimizers import register\n"
+    text += "@register\nclass Mine(metazo.MeZO):\n    name = 'toy-mine'\n"
+    (tmp_path / "toy_mine.py").write_text(text)
+    monkeypatch.setenv("METAZO_METHODS", f"{tmp_path / 'toy_mine.py'} ,")
+    registry.load()
+    try:
+        assert issubclass(METHODS["toy-mine"], MeZO) and metazo.Mine is METHODS["toy-mine"]
+    finally:
+        del METHODS["toy-mine"], OPTIMIZERS["toy-mine"]
+
+
+def test_a_decorator_with_a_name_is_one_sentence():
+    with pytest.raises(UserError, match=r"`register` stands alone above the class of a method, .* attribute `name`\.$"):
+        registry.register("toy")
+
+
 def test_a_hyperparameter_without_a_default_is_asked_for(tmp_path):
     text = TOY.replace("headroom: float = 3.0", "headroom: float").replace("toy-clipped", "toy-strict")
     (tmp_path / "toy_strict.py").write_text(text)
