@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.locate import log_to_continue
 from metazo.runs.tuner_record import began_with
 from metazo.steplog.format import scan
+from metazo.tuner.file import Tuner
+from metazo.tuner.match import NamedShapes
 
 
 def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any]) -> Any:
@@ -56,6 +59,12 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
         found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
         what = "tuner for this model's tensors; metazo zoo list shows all tuners, and metazo zoo verify those that are damaged."
+        if not found and (partial := _partial(shapes, config)):
+            found = partial if config.allow_partial else []
+            what = (
+                f"tuner for all of this model's tensors; {partial[0].entry.name} has networks for some of them: with "
+                "`allow_partial=True` it is taken, and the others run at RMS scale."
+            )
     if (log := log_to_continue(config)) is not None:
         then, refused = of_log(header := scan(log).header, found)
         if then is None:
@@ -75,6 +84,16 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
             stacklevel=2,
         )
     return _closest(found, _names(config, model), model)
+
+
+def _partial(shapes: NamedShapes, config: FinetuneConfig) -> list[zoo.Found]:
+    """The tuners with networks for the most blocks of a model that none fits, as below another head or vocabulary."""
+    counted = []
+    for tuner in zoo.tuners(config.zoo):
+        with suppress(UserError):  # a damaged one, perhaps of another model
+            counted.append((len(Tuner.load(tuner.path).fits(shapes).matched) if tuner.path.is_file() else 0, tuner))
+    most = max((count for count, _ in counted), default=0)
+    return [replace(tuner, why="part") for count, tuner in counted if count == most > 0]
 
 
 def _closest(found: Sequence[zoo.Found], names: set[str], model: nn.Module) -> zoo.Found:

@@ -71,7 +71,7 @@ class Found:
     where: str
     """"zoo", "own", "cache" or "bundled"."""
     why: str = ""
-    """The kind of match: "fingerprint", "names" or "base model"."""
+    """The kind of match: "fingerprint", "names", "part" (of the blocks) or "base model"."""
 
     @property
     def path(self) -> Path:

@@ -191,6 +191,17 @@ def test_auto_takes_a_tuner_without_a_hash_for_one_of_the_same_base(published, t
         assert auto_tuner(config, model).entry.name == "pico/v2"
 
 
+def test_auto_takes_a_tuner_of_a_part_if_that_is_allowed(published, tmp_path):
+    """As below another vocabulary: only the embeddings, which are tied, have no network."""
+    model = load_model("pico").model
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=published)
+    with pytest.raises(UserError, match="no tuner for all .*; pico/v1 has networks for some .* `allow_partial=True`"):
+        auto_tuner(config, model)
+    found = auto_tuner(replace(config, allow_partial=True), model)
+    assert (found.entry.name, found.folder, found.why) == ("pico/v1", published, "part")
+
+
 def test_the_last_version_is_the_one_of_the_highest_number(published, tmp_path):
     tuner, folder = Tuner.load(next(published.rglob("tuner.safetensors"))), tmp_path / "zoo"
     for version in ("v9", "v10", "v2"):
