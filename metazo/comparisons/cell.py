@@ -72,13 +72,13 @@ def run(job: Job) -> Result:
     out = job.out
     shutil.rmtree(out, ignore_errors=True)
     started, meter, reason, parts = time.monotonic(), PeakMemory(), None, None
-    status = "failed"
+    status, until = "failed", None
     try:
         parts = _train(job) if job.trains else _look(job)
     except Interrupted:
         raise
     except Diverged as error:
-        status, reason = "diverged", f"Diverged: {error.what}"
+        status, reason, until = "diverged", f"Diverged: {error.what}", error.taken
     except UserError as error:
         status, reason = status_of(error), str(error)
     except Exception as error:  # a method or a driver may raise anything, and the other runs must continue
@@ -86,6 +86,7 @@ def run(job: Job) -> Result:
     taken = meter.bytes()
     result = failed(job, reason, status=status) if parts is None else Result(job.info | _of_worker(), *parts)
     result.run_info |= _of_worker()
+    result.train_info |= until or {}  # the last evaluation may be long before, and a search has its whole cost
     result.train_info |= {"peak_memory_bytes": taken, "wall_seconds": round(time.monotonic() - started, 3)}
     if parts is not None and not math.isfinite(result.metrics["dev"].get("loss", 0.0)):
         reason = f"Diverged: the loss on dev is {result.metrics['dev']['loss']} at the end."

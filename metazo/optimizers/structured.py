@@ -21,7 +21,7 @@ import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -194,10 +194,17 @@ class Structured(Recomputed):
         if not self.recompute:  # blocks run whole
             return
         self._prepare()
-        with self.weights.evaluating(), buffers_kept(self.model.modules()):
+        with self.weights.evaluating(), self._buffers_kept():
             forward = count_operations(lambda: self._forward(closure))
             step = count_operations(lambda: deque(self.local.gradients(self.local.capture([closure])), maxlen=0))
         self.measured_cost = round(step / forward, 2) if self.local.at_last and forward else 4
+
+    def _buffers_kept(self) -> AbstractContextManager[Any]:
+        """Of all modules that run, also those of a loss around the model. A compiled model's own alone, because torch compiles
+        it again for the hook that finds the others."""
+        parts = list(self.model.modules())
+        compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts)
+        return buffers_kept(parts if compiled else None)
 
     @staticmethod
     @torch.no_grad()
@@ -216,7 +223,7 @@ class Structured(Recomputed):
         with generators_kept(self.tensors[0].param.device) if first else nullcontext():
             captured = self.local.capture(closures)
         if first:  # draws the same random numbers, after which the generators are where they were
-            with buffers_kept(self.model.modules()):
+            with self._buffers_kept():
                 self.bypassed = bypassed(self.local.recorder, closures, captured) and math.isfinite(captured.loss)
         deltas = [one.delta for one in captured.passes]
         finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]

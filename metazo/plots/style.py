@@ -18,7 +18,7 @@ with needs("report"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 
 # Okabe and Ito (2008), without the yellow that is invisible on white; each has its own marker and line style.
@@ -71,7 +71,11 @@ def log_axis(axes: Axes, which: str, show: Callable[[float], str] = "{:g}".forma
     axis = getattr(axes, f"{which}axis")
     low, high = getattr(axes, f"get_{which}lim")()
     ratio = high / low if low > 0 else 1e9
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 12 else (1, 3) if ratio < 500 else (1,)))
+    locator = LogLocator(subs=(1, 2, 5) if ratio < 12 else (1, 3) if ratio < 500 else (1,))
+    within = [tick for tick in locator.tick_values(low, high) if low <= tick <= high] if low > 0 else []
+    if ratio < 12 and len(within) < 3:  # a single number says nothing of a scale
+        locator = MaxNLocator(5)
+    axis.set_major_locator(locator)
     axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -192,8 +192,9 @@ def _memory(main: Analysis) -> Section:
                 "pareto",
                 "Result against memory",
                 "Line: columns that no other column beats in both, of those that lack no run. Result: mean over tasks and "
-                "seeds. Memory: median over runs; its scale is logarithmic. " + _hollow(main, "point"),
-                "Average result of every column against its peak memory; the numbers are in the table below.",
+                "seeds. Memory: median over the runs of the same tasks; its scale is logarithmic. "
+                + _hollow(main, "point"),
+                "Average result of every column against its peak memory; the table below has the memory over all tasks.",
                 partial(figures.pareto, main),
             )
         )

@@ -121,7 +121,8 @@ def cost(data: Comparison) -> Table:
     table = Table(
         "cost",
         "Time and memory of a run",
-        "Medians over all tasks and seeds. Time is training without evaluation. Memory is the peak of resident memory above "
+        "Medians over the runs of all tasks and seeds; columns that lack runs cannot be compared. Time is training without "
+        "evaluation. Memory is the peak of resident memory above "
         "the idle process: model, data, optimizer, activations (on a GPU: the peak of its allocator).",
         ["column", "runs", "forward passes", "time (s)", "time per 1,000 forward passes (s)", "trained weights",
          "peak memory (MB)"],
@@ -243,7 +244,7 @@ def configuration(data: Comparison) -> Table:
     table = Table(
         "configuration",
         "Settings, versions and machines",
-        "Settings that all runs share; the other settings of a run are in its file and in runs.csv.",
+        "Settings that all runs share; the other settings of a run are in its file.",
         ["what", "value"],
         heads=2,
     )

@@ -162,12 +162,12 @@ def table(analysis: Analysis) -> Table:
         "rivals",
         "Columns at their measured cost",
         f"Over {over}, whether or not {data.reference} does; {ranking}; p: paired with {data.reference}, Holm. "
-        f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
-        "layers are computed once and cost nothing. "
+        f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch, the first "
+        "of a run; frozen layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
         f"loss on dev at its end, median over the pairs in which that is lower than before training ({lower} of {every}; as "
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
-        "tensors in a step by most in inference, weights included."
+        "tensors in a step on that batch by most in inference, weights included; longer batches take more."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
         + (f" {listed(lacking)}: some runs are missing or cannot be read, so that averages are over the others only. "
             "They are last, and all ranks are of the pairs that are left." if lacking else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -141,15 +142,19 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
         return []
     column, found = ranked[0]
     text = f"Training with gradients, which needs backward passes, has {amount(analysis, found.mean)} ({column})"
-    known = {
-        name: [r.memory for t in data.tasks for r in data.of(t, name) if r.memory] for name in (column, *dict(ours[:1]))
-    }
-    if len(known) == 2 and all(known.values()):
-        theirs, mine = (median(values) / 1e6 for values in known.values())
-        text += (
-            f" and takes {theirs / mine:.2g} times the memory: {theirs:.3g} MB against {mine:.3g} MB for {ours[0][0]}"
-        )
+    if ratios := _memory_ratios(data, analysis.tasks, [column, *dict(ours[:1])]):
+        over = f", the median of {len(ratios)} tasks" if len(ratios) > 1 else ""
+        text += f" and takes {median(ratios):.2f} times the memory of {ours[0][0]}{over}"
     return [("And with gradients?", f"{text}.")]
+
+
+def _memory_ratios(data: Comparison, tasks: Sequence[str], columns: Sequence[str]) -> list[float]:
+    """The peak memory of the first column by that of the second, each the median over seeds, by task: tasks differ in size, so
+    that a median over runs of several tasks would compare one task's runs with another's."""
+    if len(columns) < 2:
+        return []
+    held = [[[run.memory for run in data.of(task, column) if run.memory] for column in columns] for task in tasks]
+    return [median(theirs) / median(mine) for theirs, mine in held if theirs and mine]
 
 
 def _terms(analysis: Analysis) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from .analysis import RULE, Analysis
 from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, ZEROTH, Comparison
 from .statistics import equal
-from .table import NONE, Cell, Table, listed, loss, megabytes, over_seeds, p_value, score, seconds, share
+from .table import NONE, Cell, Table, listed, loss, megabytes, over_seeds, p_value, score, seconds, share, some
 
 BOLD = (
     "Bold: the best column with forward passes only, without a failed or unreadable run, and without a missing one that others "
@@ -148,7 +148,7 @@ def scores(analysis: Analysis) -> Table:
     table = Table(
         "loss" if measure == "loss" else "metric",
         title[0].upper() + title[1:],
-        f"Mean ± standard deviation over {len(data.seeds)} seeds; ± of an average: {SPREAD}; "
+        f"Mean ± standard deviation over {some(len(data.seeds), 'seed')}; ± of an average: {SPREAD}; "
         f"(n of m): n of m runs finished. {BOLD}"
         + (f" Not in the average: {', '.join(left_out)}." if left_out else "")
         + split_note(data, tasks),

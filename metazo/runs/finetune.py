@@ -30,7 +30,7 @@ from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import PATHS, as_begun, from_anywhere
 from metazo.runs.method import unused
-from metazo.runs.monitor import Watch
+from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, snapshot_steps, warmup_steps
@@ -154,6 +154,9 @@ def _tune(
                 run.catch_up(part.start)
                 run.go_on(part.stop)
                 summary = run.finish(plot, part.tested) if part.stop is None else {"steps": setup.steps}
+            except Diverged as error:
+                error.taken = {"steps": setup.optimizer.steps, "forwards": setup.optimizer.forwards}
+                raise
             finally:
                 setup.optimizer.settle()
                 run.log.close()

@@ -37,7 +37,10 @@ class Diverged(UserError):
     """A run whose losses or weights are no longer finite. Its step log is intact.
 
     what: what happened, without the advice for the run's folder, which a comparison removes; by default the message.
+    taken: the steps and forward passes until then, if they are known.
     """
+
+    taken: dict[str, float] | None = None
 
     def __init__(self, message: str, what: str | None = None):
         super().__init__(message)

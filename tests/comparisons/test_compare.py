@@ -156,6 +156,8 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
         assert result.run_info["status"] == "diverged" and "Diverged" in reason
         assert "replay" not in reason and "`out`" not in reason and "running" not in reason  # the run's folder is gone
         assert set(result.metrics.values()) == {None} and result.train_info["curve"]
+        # what it took until then, which is a search's cost, and not what the last evaluation says
+        assert result.train_info["forwards"] == 2 * result.train_info["steps"] > 0
     assert compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"]))["kept"] == 4  # a failure is kept
     assert compare(grid(copy))["kept"] == len(before)  # and the results that were put aside are used again
     assert {name: text for name, (_, text) in cells(copy).items()} == {name: text for name, (_, text) in before.items()}

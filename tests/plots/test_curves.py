@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from metazo.blocks import OUTSIDE, place_of, places_of
 from metazo.plots.curves import plot_curves, plot_run
-from metazo.plots.style import look, short, svg
+from metazo.plots.style import log_axis, look, short, svg
 from metazo.report.sigma import picture, read
 from tests.report.synthetic import BLOCKS
 
@@ -122,3 +123,14 @@ def test_sigma_by_kind_and_depth():
 )
 def test_numbers_of_an_axis_are_short(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(("low", "high"), [(7.5, 10.7), (8.2, 14.3), (60, 90), (12, 130), (1e-5, 1e-1)])
+def test_a_logarithmic_axis_has_more_than_one_number(low: float, high: float):
+    """Of 1, 2 and 5 times a power of ten, only 10 is between 7.5 and 10.7."""
+    axes = Figure().subplots()
+    axes.set_xlim(low, high)
+    log_axis(axes, "x")
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+    axes.set_xlim(low, high)
+    assert axes.get_xlim() == (low, high)

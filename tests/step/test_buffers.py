@@ -130,6 +130,17 @@ def test_statistics_move_once_in_every_step_of_feedback() -> None:
     assert changing == [{"running_mean", "running_var", "num_batches_tracked"}] * 3, "the mask is copied once alone"
 
 
+def test_statistics_of_a_loss_around_the_model_move_once_too() -> None:
+    torch.manual_seed(0)
+    model, norm, x = Model(), nn.BatchNorm1d(4), torch.randn(16, 4)
+    model.first.requires_grad_(False)
+    optimizer = SkipFeedback(model.named_parameters(), lr=1e-3, model=model)
+    optimizer.measure_cost(lambda: model(norm(x)))
+    for steps in (1, 2):
+        optimizer.step(lambda: model(norm(x)))
+        assert norm.num_batches_tracked == steps
+
+
 def test_a_step_whose_warning_is_an_error_is_counted() -> None:
     torch.manual_seed(0)
     model, x = Model().eval(), torch.randn(16, 4)
