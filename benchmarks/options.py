@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,8 @@ def main() -> None:
         for number in range(given.rounds + 1):
             for name, (ready, batch) in cases.items():
                 for form in FORMS:
-                    loaded.model.config.model_type = kind if form == FORMS[0] else "unknown"
+                    config: Any = loaded.model.config
+                    config.model_type = kind if form == FORMS[0] else "unknown"
                     started = time.perf_counter()
                     ready.scores(loaded.model, batch)
                     if number:

@@ -140,8 +140,8 @@ def main() -> None:
         for key in ("ratio", "winner, whole run", "best rate, rest of the run"):
             for name, found in summary(rows, kind, key).items():
                 print(f"{kind}, {name}, {key}: {found}")
-        for rate, found in one_rate(grid, kind).items():
-            print(f"{kind}, no race, {rate} for all tasks: {found}")
+        for one, found in one_rate(grid, kind).items():
+            print(f"{kind}, no race, {one} for all tasks: {found}")
 
 
 def write(path: Path, rows: list[dict[str, Any]], grid: dict[str, dict[float, dict[int, float]]]) -> None:

@@ -214,7 +214,8 @@ def of_masters(optimizer: Method) -> dict[str, str | None]:
     again."""
     if getattr(optimizer, "masters", None):
         return {"masters": "float32"}
-    return {"autocast": "bfloat16"} if optimizer.precisions and optimizer.precision == "autocast" else {}
+    policy = getattr(optimizer, "precision", None) if optimizer.precisions else None
+    return {"autocast": "bfloat16"} if policy == "autocast" else {}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

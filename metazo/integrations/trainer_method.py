@@ -100,7 +100,7 @@ def build(
         if name not in known:
             raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
     if options["weight_decay"] or rates:
-        groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+        groups: dict[tuple[float | None, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in sorted(parameters, key=lambda pair: pair[0] not in decayed):
             key = (rates or {}).get(name, options["lr"]), name in decayed
             groups.setdefault(key, []).append((name, parameter))

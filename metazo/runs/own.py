@@ -83,7 +83,8 @@ class _Copier:
             inner = getattr(copied, "__dict__", {})  # the entries of a mapping around a dict, which both share so far
             inner.update((name, copy(item)) for name, item in list(inner.items()) if isinstance(item, dict | list))
         self.made[id(value)] = value, copied
-        names = () if mapping else [each.name for each in fields(value) if hasattr(value, each.name)]
+        parts: Any = () if mapping else fields(value)  # pyright: ignore[reportArgumentType]
+        names = [each.name for each in parts if hasattr(value, each.name)]
         for key, item in list(value.items()) if mapping else [(name, getattr(value, name)) for name in names]:
             if (new := self.of(item)) is not item:
                 copied.__setitem__(key, new) if mapping else object.__setattr__(copied, key, new)

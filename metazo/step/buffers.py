@@ -58,9 +58,10 @@ def buffers_kept(modules: Iterable[nn.Module] | None = None, only: Changed | Non
             if id(part) in seen:
                 continue
             seen.add(id(part))
-            names = [name for name, it in part._buffers.items() if it is not None and _can_change(it)]
             copies = {
-                name: _Copy(part._buffers[name]) for name in names if wanted is None or (id(part), name) in wanted
+                name: _Copy(it)
+                for name, it in part._buffers.items()
+                if it is not None and _can_change(it) and (wanted is None or (id(part), name) in wanted)
             }
             if copies:
                 kept.append((part, dict(vars(part)), copies))
